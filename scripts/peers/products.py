@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from scripts.peers.contract import Recorder, Spec, write_answer
 
-from shoal.models.layers import ONEDNN
+from shoal.models.layers import linear
 
 
 def layers(spec: Spec) -> dict[tuple[int, int], int]:
@@ -35,19 +35,19 @@ def flops(spec: Spec) -> int:
 class Layer:
     """The three products of a linear layer, rows x ins to rows x outs."""
 
-    def __init__(self, rows: int, ins: int, outs: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, ins: int, outs: int, dtype: torch.dtype, *, is_head: bool) -> None:
         shapes = (rows, ins), (outs, ins), (rows, outs)
+        self.is_head = is_head  # the loss computes its products itself
         self.x, self.weight, self.grad = (torch.randn(shape).to(dtype) for shape in shapes)
         self.out, self.d_x, self.d_weight = (torch.empty_like(each) for each in (self.grad, self.x, self.weight))
 
     def multiply(self) -> None:
         """Compute the layer's output and both gradients."""
-        if ONEDNN and self.x.dtype == torch.float32:
-            torch.ops.mkldnn._linear_pointwise(self.x, self.weight, None, "none", [], "")
-            torch.ops.mkldnn._linear_pointwise(self.grad, self.weight.T, None, "none", [], "")
-        else:
-            torch.mm(self.x, self.weight.T, out=self.out)
+        self.out = linear(self.x, self.weight)
+        if self.is_head:
             torch.mm(self.grad, self.weight, out=self.d_x)
+        else:
+            self.d_x = linear(self.grad, self.weight.T)
         torch.mm(self.grad.T, self.x, out=self.d_weight)
 
 
@@ -55,7 +55,8 @@ def main(spec: Spec, answer: Path) -> None:
     """Compute the products of all steps, and write their seconds and the operations of a step."""
     torch.set_num_threads(spec.threads)
     dtype, recorder = getattr(torch, spec.dtype), Recorder()
-    counted = {Layer(spec.tokens_per_step, *widths, dtype): times for widths, times in layers(spec).items()}
+    rows, head = spec.tokens_per_step, (spec.dim, spec.vocab_size)
+    counted = {Layer(rows, *widths, dtype, is_head=widths == head): times for widths, times in layers(spec).items()}
     recorder.start()
     for _ in range(spec.steps):
         for layer, times in counted.items():

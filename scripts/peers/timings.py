@@ -122,7 +122,7 @@ def identity(contender: str) -> object:
     """Return what a contender consists of: the pins and worker of a peer, or the source of shoal."""
     here = Path(__file__).parent
     if contender == PRODUCTS:
-        return _digest([here / "products.py"])
+        return _digest([here / "products.py", ROOT / "src" / "shoal" / "models" / "layers.py"])
     if contender in (SHOAL, TWO_PROCESSES):
         return _digest([here / "with_shoal.py", *sorted((ROOT / "src" / "shoal").rglob("*.py"))])
     peer = PEERS[contender]

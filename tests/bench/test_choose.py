@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +13,7 @@ import pytest
 
 from shoal.bench.choose import Search, lines, run_search, this_machine
 from shoal.bench.timed_steps import time_steps
+from shoal.bench.worker_process import end
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.run_options import Launch
@@ -132,6 +135,20 @@ def test_a_trial_ends_at_its_limit_with_all_its_processes(limit: float, tmp_path
     assert not timing.out_of_memory
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     assert left == []  # a dead process has no command line
+
+
+def test_an_ended_process_has_given_back_its_memory() -> None:
+    """The first thread of a killed process is gone long before the last, which frees the memory."""
+    works = "import threading, time; held = bytearray(2**28); print('ready', flush=True)\n"
+    works += "for _ in range(8): threading.Thread(target=lambda: sum(range(10**10))).start()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {works!r}])"
+    process = subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    [worker] = psutil.Process(process.pid).children()
+    end(process)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert (worker.status(), worker.num_threads()) == (psutil.STATUS_ZOMBIE, 1)
 
 
 @pytest.mark.parametrize(

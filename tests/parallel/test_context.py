@@ -117,10 +117,11 @@ def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
     got, expected = grads(model), grads(single)
     assert got.keys() == expected.keys()
     for key, grad in got.items():
-        # a key's bias shifts all scores of a query equally: its gradient is only rounding, compared to its weight's
-        beside = expected[key.replace("k.bias", "k.weight")]
+        # A key's bias shifts all scores of a query equally: its gradient is only rounding, of terms as large as its weight's
+        # that cancel. Up to 1.1e-5 was seen; a wrong gradient would be near 1.
+        beside, bound = expected[key.replace("k.bias", "k.weight")], 1e-4 if key.endswith("k.bias") else 1e-5
         worst = (axis.sum(grad) - expected[key]).abs().max()
-        assert worst < 1e-5 * beside.abs().max(), key
+        assert worst < bound * beside.abs().max(), key
 
 
 def grads(model: LanguageModel) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def _finished(
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process that still runs, with all that it started, and wait until each is dead: what runs next needs their memory."""
+    """End a process that still runs, with all that it started, and wait until each has given back its memory."""
     import psutil
 
     if process.poll() is not None:
@@ -125,11 +125,16 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 def _runs(worker: psutil.Process) -> bool:
-    """Return whether a process is alive; a dead one may stay a zombie until the machine's first process takes its exit code."""
+    """
+    Return whether a process still has memory.
+
+    A killed process is a zombie when its first thread has ended; its last thread gives back its memory. The zombie may stay
+    until the machine's first process takes its exit code.
+    """
     import psutil
 
     try:
-        return worker.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return worker.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or worker.num_threads() > 1
     except psutil.Error:
         return False
 

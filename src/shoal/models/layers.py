@@ -19,33 +19,36 @@ from torch.autograd.function import once_differentiable
 
 from shoal.system.cpu import multiplies_best_with_onednn
 
-ONEDNN: bool = multiplies_best_with_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Multiplications of a product from which oneDNN is faster: a call costs 12 microseconds more (AMD EPYC, Zen 4).
+ONEDNN: bool = (
+    multiplies_best_with_onednn()
+    and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # without MKL torch multiplies with another library
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+# oneDNN is faster from this number of multiplications on: each call costs 12 microseconds more (AMD EPYC, Zen 4).
 ONEDNN_FROM: Final = 2**24
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
-    Return `F.linear(x, weight, bias)` of tensors of one dtype, in training by the faster of the CPU's libraries.
+    Return `F.linear(x, weight, bias)` of tensors of one dtype, by the faster of the CPU's libraries.
 
     torch multiplies float32 matrices with MKL. On AMD's CPUs with AVX-512, oneDNN takes 0.83 to 0.93 of the time for outputs
-    and inputs' gradients, not for weights' gradients, for which it first copies both transposed operands.
+    and inputs' gradients. It is not faster for weights' gradients, for which the transposed gradient is copied first.
     """
     if (
         ONEDNN
+        and not torch.compiler.is_compiling()  # the compiler chooses its own products
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= ONEDNN_FROM
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # the compiler chooses its own products
     ):
-        out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return out
+        out: Tensor = _OneDnnLinear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return out.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """The product that torch's compiler calls on CPUs, with a backward."""
+    """The product that torch's compiler calls on CPUs, with a backward; x is [rows, inputs]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,16 +64,19 @@ class _OneDnnLinear(torch.autograd.Function):
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            d_weight = rows.t() @ x.flatten(0, -2)
+            d_weight = grad.t() @ x
         if ctx.needs_input_grad[2]:
-            d_bias = rows.sum(0)
+            d_bias = grad.sum(0)
         return d_x, d_weight, d_bias
 
 
 class Linear(nn.Module):
     """y_O = W_OI x_I (+ b_O) in the dtype of x."""
+
+    # Whether gradients of inputs and weights are computed apart, as in a V-shaped pipeline schedule. A Python `Function`
+    # would compute all of them each time: it does not learn which of them are asked for.
+    splits_backward = False
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -78,8 +84,12 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return self.product(x, None if self.bias is None else self.bias.to(x.dtype))
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return W x + `bias`, which replaces the layer's own."""
+        multiply = F.linear if self.splits_backward else linear
+        return multiply(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Module):

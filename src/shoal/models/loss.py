@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.models.layers import linear
+
 IGNORED = -100  # label of a token without loss
 
 # Each chunk of tokens costs a pass over the weight's gradient, so chunks are large (GPT-2's head with 1,024 tokens on a
@@ -54,7 +56,7 @@ def linear_cross_entropy_sum(
     weight = _cast(weight_VD, hidden_ND.dtype)
     loss = torch.zeros((), device=hidden_ND.device)
     for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
-        logits_CV = (hidden_ND[tokens] @ weight.t())[:, : len(weight_VD)]
+        logits_CV = linear(hidden_ND[tokens], weight)[:, : len(weight_VD)]
         loss += softmax_loss(logits_CV, labels_N[tokens], scale, _part(each_N, tokens), to_gradient=False)
     return loss
 
@@ -75,7 +77,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND)
         d_weight: Tensor | None = None
         for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
-            logits_CV = hidden_ND[tokens] @ weight.t()
+            logits_CV = linear(hidden_ND[tokens], weight)
             logits, each_C = logits_CV[:, : len(weight_VD)], _part(each_N, tokens)
             loss += softmax_loss(logits, labels_N[tokens], scale, each_C, to_gradient=True)
             torch.mm(logits_CV, weight, out=d_hidden[tokens])

@@ -34,10 +34,11 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from shoal.config.schedules import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
+from shoal.config.schedules import SINGLE, V_SHAPED, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Axis
 from shoal.models.family import LanguageModel
+from shoal.models.layers import Linear
 from shoal.system.torch_private import minor, torch_version
 
 SCHEDULES: dict[Schedule, type[Any]] = {
@@ -65,10 +66,13 @@ def cut(model: LanguageModel, axis: Axis, schedule: Schedule, stages: int) -> di
     """
     count = axis.size * stages
     blocks = stage_blocks(len(model.blocks), count)
-    return {
+    parts = {
         index: _take(model, blocks[index], begins=index == 0, ends=index == count - 1)
         for index in rank_stages(schedule, axis.size, stages, axis.rank)
     }
+    for layer in (module for part in parts.values() for module in part.modules() if isinstance(module, Linear)):
+        layer.splits_backward = schedule in V_SHAPED and SPLITS_BACKWARD
+    return parts
 
 
 def _take(model: LanguageModel, blocks: range, *, begins: bool, ends: bool) -> LanguageModel:

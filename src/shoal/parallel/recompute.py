@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from shoal.metrics.machine import instruction_sets
-from shoal.models.layers import ONEDNN
 from shoal.system.torch_private import require
 
 Forward = Callable[..., torch.Tensor]
@@ -47,7 +46,7 @@ def _kept_operators() -> list[Any]:
     require("selective")
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    if ONEDNN:
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # float32 products on some CPUs
         kept.append(torch.ops.mkldnn._linear_pointwise.default)
     attention = (
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",

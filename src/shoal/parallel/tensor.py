@@ -29,7 +29,7 @@ from shoal.errors import LaunchError
 from shoal.mesh.mesh import Axis
 from shoal.mesh.region import Region
 from shoal.models.family import LanguageModel, TensorParallelStyle
-from shoal.models.layers import Embedding, Linear, linear
+from shoal.models.layers import Embedding, Linear
 from shoal.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -111,15 +111,11 @@ def drop_row_biases(model: LanguageModel) -> None:
     for _, module, style in styles(model):
         if style == "rowwise":
             assert isinstance(module, Linear)
-            _replace_forward(module, _product(module))
+            _replace_forward(module, module.product)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     module.forward = forward
-
-
-def _product(layer: Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x: linear(x, layer.weight.to(x.dtype))
 
 
 def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.mesh.mesh import Axis
+from shoal.models.layers import linear
 from shoal.models.loss import CHUNK_BYTES, IGNORED
 from shoal.parallel.collectives import all_gather, gather_parts
 
@@ -66,7 +67,7 @@ class _VocabLoss(torch.autograd.Function):
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, len(hidden_ND), step):
             tokens = slice(start, start + step)
-            each_C, d_logits_CV = _softmax(hidden_ND[tokens] @ weight.t(), labels_N[tokens], scale, axis, first)
+            each_C, d_logits_CV = _softmax(linear(hidden_ND[tokens], weight), labels_N[tokens], scale, axis, first)
             loss += each_C.sum()
             if each_N is not None:
                 each_N[tokens] = each_C
