@@ -219,6 +219,7 @@ def _staging(job: Job, site: Site) -> Iterator[str]:
     yield "# Copy the prepared tokens to each node's own disk. A copy that an earlier start left may be incomplete."
     yield f"scratch={scratch}/shoal-$SLURM_JOB_ID"
     copy = f'rm -rf "$1" && mkdir -p "$1" && cp -rL {shlex.quote(str(job.stage))}/. "$1"'
+    yield "# shellcheck disable=SC2016  # each node's bash expands $1"
     yield f'srun --ntasks-per-node=1 bash -c {shlex.quote(copy)} - "$scratch" || exit'
 
 
