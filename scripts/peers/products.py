@@ -39,15 +39,15 @@ class Layer:
         shapes = (rows, ins), (outs, ins), (rows, outs)
         self.is_head = is_head  # the loss computes its products itself
         self.x, self.weight, self.grad = (torch.randn(shape).to(dtype) for shape in shapes)
-        self.out, self.d_x, self.d_weight = (torch.empty_like(each) for each in (self.grad, self.x, self.weight))
+        self.d_x, self.d_weight = torch.empty_like(self.x), torch.empty_like(self.weight)
 
     def multiply(self) -> None:
         """Compute the layer's output and both gradients."""
-        self.out = linear(self.x, self.weight)
+        linear(self.x, self.weight)
         if self.is_head:
             torch.mm(self.grad, self.weight, out=self.d_x)
         else:
-            self.d_x = linear(self.grad, self.weight.T)
+            linear(self.grad, self.weight.T)
         torch.mm(self.grad.T, self.x, out=self.d_weight)
 
 

@@ -139,8 +139,9 @@ def test_a_trial_ends_at_its_limit_with_all_its_processes(limit: float, tmp_path
 
 def test_an_ended_process_has_given_back_its_memory() -> None:
     """The first thread of a killed process is gone long before the last, which frees the memory."""
-    works = "import threading, time; held = bytearray(2**28); print('ready', flush=True)\n"
-    works += "for _ in range(8): threading.Thread(target=lambda: sum(range(10**10))).start()"
+    works = "import threading; held = bytearray(2**28)\n"
+    works += "for _ in range(8): threading.Thread(target=threading.Event().wait).start()\n"
+    works += "print('ready', flush=True)"
     starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {works!r}])"
     process = subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

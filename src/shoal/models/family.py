@@ -9,12 +9,11 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config.options import Model
 from shoal.models.attention import KVCache
-from shoal.models.layers import Embedding, Linear
+from shoal.models.layers import Embedding, Linear, linear
 from shoal.models.loss import linear_cross_entropy_sum
 
 
@@ -126,7 +125,7 @@ class LanguageModel(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] from [..., D], in the dtype of `hidden`."""
-        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+        return linear(hidden, self.head_weight().to(hidden.dtype))
 
     def loss(
         self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0, each_BT: Tensor | None = None
